@@ -6,6 +6,7 @@ say so. Compiled code is kept on disk beside the module (or in the user's cache 
 run of an installation waits for the compiler.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def stopped_once(should_stop: Callable[[], bool]) -> Iterator[None]:
 
 
 def is_kept(function: Callable[..., Any]) -> bool:
-    """Whether a compiled form of a function lies on disk that is no older than its file: it loads soon.
+    """Whether a function, as this Python compiles it, lies on disk no older than its file: it loads soon.
 
     >>> is_kept(len)
     False
@@ -78,7 +79,8 @@ def is_kept(function: Callable[..., Any]) -> bool:
     if folder is None:
         return False
     code = getattr(function, "py_func").__code__  # noqa: B009 (numba's, which has no types)
-    kept = Path(folder).glob(f"*.{code.co_name}-{code.co_firstlineno}.*.nbi")
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{getattr(sys, 'abiflags', '')}"
+    kept = Path(folder).glob(f"*.{code.co_name}-{code.co_firstlineno}.{python}.nbi")
     return any(_written_s(index) >= _written_s(Path(code.co_filename)) for index in kept)
 
 

@@ -1,12 +1,8 @@
 """The search by compiled loops and labels finds what the search by limits and arrays finds."""
 
-import os
 import time
 from dataclasses import replace
-from importlib import import_module
 from itertools import combinations, permutations
-from pathlib import Path
-from threading import Event
 
 import numpy as np
 import pytest
@@ -18,7 +14,7 @@ from plan_samples import sample_partition, table_for
 
 from graphpar.cost import CostTable, LinkCost, Topology
 from graphpar.errors import InfeasibleError
-from graphpar.partition import compiler_thread, cuts, memory_fit
+from graphpar.partition import cuts, memory_fit
 from graphpar.partition.chains import crew_loops, crews, labels, path_loops, set_loops, swept
 from graphpar.partition.chains import limits as chain
 from graphpar.partition.chains import loops as chain_loops
@@ -31,7 +27,7 @@ from graphpar.partition.chains.relaxed import Relaxation
 from graphpar.partition.chains.swept import SweptProgram
 from graphpar.partition.counting.programme import CountingLimits
 from graphpar.partition.family import choose_family
-from graphpar.partition.jit import COMPILED, StoppedError, is_kept, stopped_once
+from graphpar.partition.jit import COMPILED
 from graphpar.partition.option_rows import OptionRows
 from graphpar.partition.pipeline import partition
 from graphpar.partition.programs import Programs
@@ -162,46 +158,6 @@ def test_loops_are_loaded_and_compiled_for_longer_searches_alone(
     monkeypatch.setattr(chain_warm, "is_kept", lambda _: kept)
     pays = [chain_warm.loops_pay(time.monotonic() + left_s, steps) for steps in (least - 1, least)]
     assert pays == [False, True]
-
-
-@pytest.mark.skipif(not COMPILED, reason="nothing is compiled")
-def test_what_lies_on_disk_compiled_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """numba says where it keeps what it compiles, and names files as is expected here."""
-    source = tmp_path / "tried.py"
-    source.write_text(
-        "from graphpar.partition.jit import compiled\n\n@compiled\ndef one():\n    return 1\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    one = import_module("tried").one
-    with pytest.raises(StoppedError), stopped_once(lambda: True):
-        one()
-    assert not is_kept(one)
-    with stopped_once(lambda: False):
-        assert one() == 1
-    assert is_kept(one)
-    os.utime(source, (time.time() + 60.0,) * 2)
-    assert not is_kept(one)
-
-
-@pytest.mark.parametrize("patience_s", [0.0, 60.0])
-def test_the_end_stops_what_is_compiled_and_says_what_it_waits_for(
-    patience_s: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    woken, done = Event(), Event()
-    monkeypatch.setattr(compiler_thread, "_SILENT_S", patience_s)
-    monkeypatch.setattr(compiler_thread, "say_once", lambda _: done.set())
-    monkeypatch.setattr("atexit.register", lambda _: None)
-
-    def work() -> None:
-        woken.wait()
-        if not patience_s:
-            done.wait()
-
-    thread = compiler_thread.CompilerThread(work, "tried", woken.set)
-    thread.start()
-    thread._end()
-    assert not thread.is_alive()
-    assert done.is_set() == (patience_s == 0.0)
 
 
 def test_links_of_their_own_count_as_columns_do() -> None:
