@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import cache
+from multiprocessing import parent_process
 
 from graphpar.partition.jit import StoppedError, stopped_once
 
@@ -18,8 +19,13 @@ def _nothing() -> None:
 
 @cache
 def say_once(words: str) -> None:
-    """Tell whoever looks at a terminal why nothing happens there."""
-    if sys.stderr is not None and sys.stderr.isatty():
+    """Tell whoever looks at a terminal why nothing happens there.
+
+    Processes that solve for another one keep silent: each would say the same.
+    """
+    if parent_process() is not None or sys.stderr is None or sys.stderr.closed:
+        return
+    if sys.stderr.isatty():
         print(f"graphpar: {words}", file=sys.stderr)
 
 

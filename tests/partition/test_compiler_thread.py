@@ -1,8 +1,11 @@
 """What compiles loops in the background: it is stopped, says so, and knows what lies on disk."""
 
+import io
 import os
+import sys
 import time
 from importlib import import_module
+from multiprocessing import current_process
 from pathlib import Path
 from threading import Event
 
@@ -56,3 +59,21 @@ def test_the_end_stops_what_is_compiled_and_says_what_it_waits_for(
     thread._end()
     assert not thread.is_alive()
     assert done.is_set() == (patience_s == 0.0)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return self.readable()
+
+
+def test_only_the_process_that_was_called_tells_a_terminal_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, closed = Terminal(), Terminal()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", closed)
+    compiler_thread.say_once("to nobody")
+    monkeypatch.setattr(sys, "stderr", screen)
+    for _ in range(2):
+        compiler_thread.say_once("compiling")
+    monkeypatch.setattr(compiler_thread, "parent_process", current_process)
+    compiler_thread.say_once("compiling in a process of its own")
+    assert screen.getvalue() == "graphpar: compiling\n"
