@@ -149,6 +149,12 @@ def alone(device: str, table: CostTable, microbatches: int) -> Partition:
     return priced_plan(table, (PipelineChoice(table.batch, microbatches, (stage,)),), "1f1b")
 
 
+def test_of_equal_devices_the_first_is_taken_whichever_lost() -> None:
+    table = on_cores(1, blocks(4, (1.0,) * 4))
+    found = replace(even_split(table), runners_up=tuple(alone(d, table, 1) for d in ("a/3", "a/2")))
+    assert best_played(table, found, found).used_devices == ("a/0",)
+
+
 @given(st.data())
 @settings(max_examples=15, deadline=None)
 def test_nothing_at_hand_is_shorter_where_stages_sum_weights(data: st.DataObject) -> None:

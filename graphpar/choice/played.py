@@ -79,9 +79,11 @@ def best_played(
     several_s = best_s * (1 - LEAST_GAIN)
     for other in hopeful:
         alone = len(other.used_devices) == 1
-        # More devices than one that is taken already have to be worth it.
-        worth_s = best_s * (1 - NO_GAIN) if len(best.used_devices) == 1 else best_s
-        most_s = best_s * (1 + ROUNDING) if alone else min(worth_s, several_s) * (1 - ROUNDING)
+        # More devices than one that is taken have to be worth it, and another one has to be faster.
+        taken_alone = len(best.used_devices) == 1
+        worth_s = best_s * (1 - NO_GAIN) if taken_alone else best_s
+        most_s = best_s if alone else min(worth_s, several_s)
+        most_s *= 1 + ROUNDING if alone and not taken_alone else 1 - ROUNDING
         if other.pipelines == plan.pipelines:
             continue
         played = simulated(table, other.pipelines, other.schedule)
