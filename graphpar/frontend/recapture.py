@@ -2,6 +2,8 @@
 
 Which sizes scale with the batch, and that equal blocks may be stamped, is taken over from the earlier
 capture. One export cannot prove it anew: whoever asks compares graphs from exports at unlike batches.
+But what the model's code asks of sizes has to come out at both batches of a capture in full as it did
+here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphpar.frontend.capture import Captured, batch_size, merge_ties, plain, resize
-from graphpar.frontend.conditions import noted
+from graphpar.frontend.capture import Captured, batch_size, merge_ties, plain, resize, unlike_size
+from graphpar.frontend.conditions import conditions, noted
 from graphpar.frontend.fold import LEAST_BLOCKS, Exporter
 from graphpar.frontend.torch_private import flatten, unflatten
 from graphpar.frontend.unify import Mismatch, scaled_like
@@ -29,7 +31,7 @@ def graph_like(
     loss: Callable[[Any, Any], Any] | str | None = None,
     training: bool | None = None,
 ) -> Graph | None:
-    """The graph of a model's call with inputs of other sizes; None where its ops are not the known ones.
+    """The graph of a model's call with inputs of other sizes; None where it may not have the known ops.
 
     Args:
         known: A capture of the model, for as large a batch.
@@ -49,7 +51,7 @@ def graph_like(
         return None
     fold = LEAST_BLOCKS if known.stamped else 0
     exporter = Exporter(model, loss, training, fold, proven=True)
-    with torch.inference_mode(False), noted(samples), values_apart(model, loss):
+    with torch.inference_mode(False), noted(samples) as asked, values_apart(model, loss):
         sized = [resize(plain(leaf), batch, samples) for leaf in leaves]
         some_args, some_kwargs = unflatten(sized, spec)
         made, out_spec = exporter.run(some_args, some_kwargs)
@@ -58,6 +60,9 @@ def graph_like(
     if out_spec != known.signature.output_spec or aliases != graph.aliases:
         return None
     try:
-        return graph.with_ops(scaled_like(ops, graph.ops, samples))
+        ops = scaled_like(ops, graph.ops, samples)
     except Mismatch:
         return None
+    held = conditions(asked, asked, ops)
+    alike = all(c.holds(size) for c in held for size in (batch, unlike_size(batch)))
+    return graph.with_ops(ops) if alike else None
